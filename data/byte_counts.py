@@ -22,6 +22,7 @@ BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 def bytes_of(tokenizer: Tokenizer, ids: np.ndarray, marks: Collection[int] = (), scored: np.ndarray | None = None) -> int:
     """Bytes of ids[1:], of those that are `scored` (n,) where that is given; ids[0] is what stands before them. marks, and special tokens, stand for
     none, and a text begins behind one of `marks`."""
+    ids = ids.astype(np.int64, copy=False)  # 16 bits of a shard do not hold the length of a table of 65,536
     table, following = token_bytes(tokenizer), ids[1:] if scored is None else ids[1:][scored]
     if table is None:
         text = tokenizer.decode(following[~np.isin(following, list(marks))].tolist(), skip_special_tokens=True)

@@ -9,6 +9,8 @@ from data.encode import can_cut
 from data.tokenizer import Marks, byte_table, has_every_byte, unknown_id
 from data.writer import ShardWriter
 
+REWRITTEN = 0.001  # share of a text's bytes from which it is said that its tokens stand for more or fewer
+
 
 def not_kept(writer: ShardWriter, tokenizer: Tokenizer, marks: Marks) -> list[str]:
     """No line or one, of what has been written: text that was lost, or else was changed."""
@@ -28,12 +30,12 @@ def _lost(writer: ShardWriter, tokenizer: Tokenizer, marks: Marks) -> list[str]:
 
 
 def _changed(writer: ShardWriter, tokenizer: Tokenizer, marks: Marks) -> list[str]:
-    """A line about tokens that stand for more or fewer bytes than the text has, by a thousandth or more: some of it is left out or written otherwise."""
+    """A line about tokens that stand for more or fewer bytes than the text has, by REWRITTEN or more: some of it is left out or written otherwise."""
     if byte_table(tokenizer) is not None or can_cut(tokenizer) and has_every_byte(tokenizer):
         return []
     ends, text = [*marks.start_ids, *marks.end_ids], sum(split.bytes for split in writer.splits.values())
     told = sum(bytes_of(tokenizer, block, ends) for block in writer.blocks())
-    if abs(told - text) * 1000 < text:
+    if not text or abs(told / text - 1) < REWRITTEN:
         return []
     return [
         f"changed, {text:,} bytes of text have become tokens that stand for {told:,}, as the tokenizer leaves some out or writes it otherwise: bits per"

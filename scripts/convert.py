@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data.files import check_absent, check_writable, new_folder, save_tensors
-from data.tokenizer import reader_of
+from data.tokenizer import no_unknown_token, reader_of
 from evals.inputs.texts import corpus_of_file
 from models.checkpoint import load_model
 from models.convert import converted, sizes_of, targets
@@ -69,7 +69,8 @@ def chosen(words: str, config: Any) -> list[int]:
 def start_of(file: str, tokenizer: Tokenizer) -> Tensor:
     """The first tokens of a text (R, T), R rows of 512 or one shorter; it is read as evaluation reads one. Raises UserError where there are none."""
     text = "\n\n".join(corpus_of_file(file, 16 * MEASURED).documents)
-    ids = reader_of(tokenizer).encode(text, add_special_tokens=False).ids[:MEASURED]
+    with no_unknown_token():
+        ids = reader_of(tokenizer).encode(text, add_special_tokens=False).ids[:MEASURED]
     if len(ids) < 16:
         raise UserError(f"{file} is too short to measure anything: it has {len(ids)} tokens.")
     T = min(512, len(ids))

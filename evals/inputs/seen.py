@@ -135,7 +135,7 @@ def share_found(documents: Sequence[str], shards: ShardSet) -> float:
 
 def _passages(documents: Sequence[str], shards: ShardSet, width: int) -> np.ndarray:
     """Hashes (uint64, sorted, each once) of passages of `width` tokens, evenly from all of the documents."""
-    tokenizer = shards.coder().tokenizer
+    coder = shards.coder()
     ends = np.cumsum([len(d) for d in documents])
     if not len(ends) or not ends[-1]:
         return np.zeros(0, np.uint64)
@@ -144,7 +144,10 @@ def _passages(documents: Sequence[str], shards: ShardSet, width: int) -> np.ndar
         i = int(np.searchsorted(ends, place, side="right"))
         middle = int(place - (ends[i - 1] if i else 0))
         first = max(0, middle - AROUND)
-        ids = tokenizer.encode(documents[i][first : middle + AROUND], add_special_tokens=False).ids
+        try:
+            ids = coder.encode(documents[i][first : middle + AROUND])
+        except UserError:  # of letters that these shards have no tokens for, which therefore do not occur in them
+            continue
         if len(ids) < width:
             continue
         at = (len(ids) - width) * (middle - first) // max(1, min(len(documents[i]), middle + AROUND) - first)

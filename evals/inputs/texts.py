@@ -17,6 +17,7 @@ import numpy as np
 
 from data.byte_counts import bytes_of
 from data.encode import Encoder, batches
+from data.not_kept import REWRITTEN
 from data.shards import ShardSet
 from data.sources import DEMO as DEMO
 from data.sources import Source
@@ -24,7 +25,6 @@ from data.tokenizer import Marks, TextCoder, unknown_id
 from evals.adapters.base import Adapter, ItemError
 from training.errors import UserError
 
-REWRITTEN = 0.001  # share of a text's bytes from which it is said that its tokens stand for more or fewer
 LIMIT = 16_000_000  # characters of a text that are read
 
 

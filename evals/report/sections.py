@@ -323,28 +323,27 @@ def draw_sections(page: Page, plt: Any, records: Records, otherwise: str = "") -
             page.head(title)
             if meaning or otherwise:
                 page.say(meaning or otherwise)
-            lost += _drawn(page, plt, draw, measured)
+            lost += drawn(page, plt, draw, measured)
     if lost:
         page.head("Not drawn")
         page.table(["model", "item", "why"], lost)
 
 
-def _drawn(page: Page, plt: Any, draw: Callable[[Page, Any, Records], None], records: Records) -> list[list[str]]:
+def drawn(page: Page, plt: Any, draw: Callable[[Page, Any, Records], None], records: Records) -> list[list[str]]:
     """Draws a section of all records, or of those that can be drawn; a table's rows about the others."""
-    whole, lost, good = Page(), [], records
+    whole, lost, good = Page(), list[list[str]](), Records()
     try:
         draw(whole, plt, records)
     except Exception:
-        good, whole = {}, Page()
+        whole = Page()
         for model, record in ((model, record) for model, items in records.items() for record in items):
-            try:
-                draw(Page(), plt, {model: [record]})
-                good.setdefault(model, []).append(record)
+            more, page_of_more = {**good, model: [*good.get(model, []), record]}, Page()
+            try:  # beside those before it: each alone may be drawn where the two together cannot
+                draw(page_of_more, plt, more)
+                good, whole = more, page_of_more
             except Exception as error:
                 why = f"its JSON is of another version or was changed ({type(error).__name__}: {error}); redo=true measures it again"
                 lost.append([model, record["item"], why])
-        if good:
-            draw(whole, plt, good)
     page.parts += whole.parts
     return lost
 

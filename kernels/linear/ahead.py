@@ -28,7 +28,7 @@ class Casts:
     """What the passes recorded within `recording` have cast, to one dtype. Weights are read again, where they lay then, at every `run`."""
 
     def __init__(self) -> None:
-        self.made: dict[tuple[tuple[int, int], ...], tuple[Sequence[Tensor], Tensor]] = {}
+        self.made: dict[tuple[tuple[int, torch.Size], ...], tuple[Sequence[Tensor], Tensor]] = {}
         self.memory: Tensor | None = None
         self.used = 0
         self.table: Any = None
@@ -51,7 +51,7 @@ class Casts:
 
     def take(self, weights: Sequence[Tensor], dtype: torch.dtype) -> Tensor | None:
         """The weights' rows one below the other in `dtype`, as from the next `run` on. None where there is no room for them, or not of this dtype."""
-        key = tuple((w.data_ptr(), w.numel()) for w in weights)
+        key = tuple((w.data_ptr(), w.shape) for w in weights)
         if key not in self.made:
             size = sum(w.numel() for w in weights)
             if self.memory is None or dtype != self.memory.dtype or self.used + size > self.memory.numel():

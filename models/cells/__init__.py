@@ -73,7 +73,7 @@ def _ranges(declared: Any, pre: Sequence[str], where: str) -> dict[str, tuple[fl
         pair = value if isinstance(value, (tuple, list)) else (value, value)
         if argument not in pre:
             raise UserError(f"{where} names {argument!r}, which is no Pre argument of its step; these are {', '.join(pre)}.")
-        if len(pair) != 2 or not all(isinstance(v, (int, float)) and math.isfinite(v) for v in pair):
-            raise UserError(f"{where}[{argument!r}] must be a number or a pair of numbers, not {value!r}.")
+        if len(pair) != 2 or any(isinstance(v, bool) or not isinstance(v, (int, float)) or not math.isfinite(v) for v in pair):
+            raise UserError(f"{where}[{argument!r}] must be a finite number or a pair of them, not {value!r}.")
         ranges[argument] = (float(pair[0]), float(pair[1]))
     return ranges

@@ -76,8 +76,8 @@ def collect(size: str, every: list[Result], log: list[dict[str, Any]]) -> dict[s
     ]
     tokens = {stage: tokens_of(board, stage) for stage in ("stage0", "stage1", "grid", "pass", "leaders")}
     # The leaders' cells shared their devices with programs that their results do not know of (protocol.md).
-    few = [r for r in results if "phases" in r.content and r.content["stage"] != "leaders" and not said(r.content)]
-    alone = [r for r in few if r.content.get("beside", 1) == 1]
+    timed = [r for r in results if "phases" in r.content and r.content["stage"] != "leaders" and not said(r.content)]
+    alone = [r for r in timed if r.content.get("beside", 1) == 1]
     phases = [r.content["phases"] | {"tokens": r.content["tokens"]} for r in alone]
     return {
         "protocol": PROTOCOL,

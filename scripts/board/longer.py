@@ -25,8 +25,11 @@ def seeds_of(rows: Rows) -> dict[str, int]:
 
 
 def pairs(rows: Rows) -> dict[str, tuple[dict[str, Any], dict[str, Any] | None]]:
-    """(cell of the longer run, cell of the full pass with the same seed) by row, least bits per byte first."""
-    each = {row: (rows[row]["leaders"][str(seed)], rows[row]["pass"].get(str(seed))) for row, seed in seeds_of(rows).items()}
+    """(cell of the longer run, cell of the full pass with the same seed, None where that did not finish or diverged) by row, least bits per byte first."""
+    each = {
+        row: (rows[row]["leaders"][str(seed)], rows[row]["pass"][str(seed)] if seed in bits(rows, row, "pass") else None)
+        for row, seed in seeds_of(rows).items()
+    }
     return dict(sorted(each.items(), key=lambda pair: float(pair[1][0]["bits_per_byte"])))
 
 
@@ -48,10 +51,12 @@ def longer_answer(found: dict[str, Any]) -> str:
     tokens, passes = found["tokens"]["leaders"] / 1e6, found["tokens"]["leaders"] / found["span"]
     shown = "; ".join(
         f"{ARCHITECTURES[row].label} {long['bits_per_byte']:.4f}"
-        + (f" ({long['bits_per_byte'] - short['bits_per_byte']:+.3f})" if short and short["bits_per_byte"] is not None else "")
+        + (f" ({long['bits_per_byte'] - short['bits_per_byte']:+.3f})" if short else "")
         for row, (long, short) in each.items()
     )
-    said = f"Equal tokens, {tokens:.3g}M, {passes:.1f} passes over the same text, one seed each and so no interval: {shown}"
+    alone = all(len(bits(rows, row, "leaders")) == 1 for row in each)
+    seeds = "one seed each and so no interval" if alone else "one seed of each (the others that are done are in the plot)"
+    said = f"Equal tokens, {tokens:.3g}M, {passes:.1f} passes over the same text, {seeds}: {shown}"
     said += f", in brackets what was gained over {found['tokens']['pass'] / 1e6:.3g}M tokens of the same seed."
     if "transformer" in each and len(each) > 1:
         base = each["transformer"]

@@ -78,6 +78,12 @@ def test_pieces_add_up_to_the_text(kind: str) -> None:
         assert sum(halves) == sum(pieces) and min(halves) >= 0
 
 
+def test_ids_of_16_bits_of_a_whole_vocabulary() -> None:
+    tokenizer = Tokenizer(models.Unigram([("</s>", 0.0), ("▁", -2.0), *((f"x{i}", -3.0) for i in range(65534))], None, False))
+    tokenizer.decoder = decoders.Metaspace()
+    assert bytes_of(tokenizer, np.array([0, 2, 65535], np.uint16), [0]) == len("x0x65533")
+
+
 @pytest.mark.parametrize("unknown", [True, False])
 def test_a_tokenizer_that_has_no_a(unknown: bool) -> None:
     """Of capitals and digits: words were taken for those that begin a text, without their spaces, or there was a traceback."""

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer, models
 
 from data.prepare import main as prepare
 from data.shards import ShardSet
@@ -182,6 +183,8 @@ def test_documents_of_every_part_of_the_training_data_are_found(shards: Path, mo
     assert all(share_found([prose(i, 400)], train) == 1.0 for i in (0, 5, 11)) and share_found([prose(3, 400)], train) == 0.0
     monkeypatch.setattr("evals.inputs.seen.MOST", 5000)  # only some blocks are read: a sample
     assert 0.6 <= share_found([prose(i, 400) for i in range(12) if i not in (3, 7)], train) <= 1.0
+    monkeypatch.setattr(train, "coder", lambda: coder_of(Tokenizer(models.WordLevel({"</s>": 0, "a": 1}))))
+    assert share_found([prose(0, 400)], train) == 0.0  # what the shards have no tokens for does not occur in them
 
 
 def test_models_side_by_side_get_one_text_that_none_was_trained_on(shards: Path, tmp_path: Path) -> None:

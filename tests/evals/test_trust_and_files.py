@@ -20,8 +20,10 @@ from evals.adapters.trust import code_hash, may_run_code
 from evals.measures.perplexity import Perplexity, bucket_sums
 from evals.progress import Progress
 from evals.report.figures import grids_figure, pyplot, remembrance_figure
+from evals.report.page import Page
+from evals.report.records import Records
+from evals.report.sections import drawn, write_report
 from evals.report.sections import main as report
-from evals.report.sections import write_report
 from evals.run import main, where_to_write
 from models.hub.custom import custom, write_code
 from tests.evals.conftest import llama, own
@@ -307,6 +309,16 @@ def test_results_that_cannot_be_drawn_are_named_and_the_others_drawn(tmp_path: P
     assert "| a | - | - | not known | 2 | 5 |" in page and (tmp_path / "plots" / "passkey.png").exists()
     assert "| b | documents | its JSON is of another version or was changed (KeyError" in page and "| a | position-prose | its JSON" in page
     assert "odd" not in page
+
+
+def test_results_that_cannot_be_drawn_side_by_side_do_not_end_the_report() -> None:
+    def draw(page: Page, plt: Any, records: Records) -> None:
+        page.table(["x"], [[x] for x in sorted(r["result"]["x"] for items in records.values() for r in items)])
+
+    records = {model: [{"item": f"{model}{x}", "result": {"x": x}} for x in xs] for model, xs in (("a", [2, "3"]), ("b", [1]))}
+    page = Page()
+    lost = drawn(page, None, draw, records)
+    assert page.parts == [("table", (["x"], [["1"], ["2"]]))] and [row[:2] for row in lost] == [["a", "a3"]]
 
 
 def test_figures_are_scaled_to_what_they_show(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -331,9 +331,10 @@ def casts_ahead() -> None:
         assert all(joined.untyped_storage().data_ptr() == casts.memory.untyped_storage().data_ptr() for joined in made)
         assert cast(taken[1], torch.bfloat16) is made[1] and len(casts.made) == 4
         others = [cast(given[2:3], torch.float16), cast(given[1:2], torch.float16), cast(given[3:4], torch.bfloat16)]
-        assert len(casts.made) == 4, "of another dtype, and one too many"
+        others.append(cast([given[0].view(5, 3)], torch.bfloat16))
+        assert len(casts.made) == 4, "of another dtype, one too many, and one that is known in another shape"
     assert cast(taken[0], torch.bfloat16) is not made[0], "outside of a recording"
-    for joined, weight in zip(others, (given[2], given[1], given[3])):
+    for joined, weight in zip(others, (given[2], given[1], given[3], given[0].view(5, 3))):
         assert torch.equal(joined, weight.to(joined.dtype)), "cast where they are read"
     for _ in range(2):
         casts.run()

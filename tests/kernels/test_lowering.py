@@ -278,7 +278,7 @@ BROKEN = {
     ),
     "biases": (
         "BIAS_INIT = {'x': (1.0, 2.0, 3.0)}\ndef step(x: Pre, h: State): return (x + h,)",
-        "BIAS_INIT['x'] must be a number or a pair of numbers",
+        "BIAS_INIT['x'] must be a finite number or a pair of them",
     ),
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, models
 
 from data.errors import UserError
 from data.tokenizer import byte_tokenizer
@@ -124,6 +125,8 @@ def test_a_text_is_read_as_everywhere(tmp_path: Path) -> None:
     for name, why in (("a.png", "not read"), ("latin.txt", "not UTF-8"), ("nosuch.txt", "nothing to read")):
         with pytest.raises(UserError, match=why):
             start_of(str(tmp_path / name), byte_tokenizer())
+    with pytest.raises(UserError, match="no token for a part of the text"):
+        start_of(str(tmp_path / "a.txt"), Tokenizer(models.WordLevel({"</s>": 0, "line": 1})))
 
 
 def test_what_cannot_be_converted_is_a_sentence() -> None:

@@ -95,7 +95,7 @@ def test_biases_start_where_the_config_asks_and_else_where_the_cell_does() -> No
     assert rows.keys() == wanted.keys()
     for name, row in wanted.items():
         torch.testing.assert_close(rows[name], row, msg=name)
-    for wrong in ({"q": 1}, {"f": "one"}, {"f": [1, 2, 3]}, {"f": float("nan")}):
+    for wrong in ({"q": 1}, {"f": "one"}, {"f": [1, 2, 3]}, {"f": float("nan")}, {"f": True}):
         config, problems = mixers.parse("a", rnn(cell="dense_lstm", bias_init=wrong), 32)
         assert config is None and len(problems) == 1 and "bias_init of the cell dense_lstm" in problems[0], problems
 

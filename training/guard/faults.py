@@ -67,7 +67,7 @@ class BadStepPolicy:
         if self.skips > self.faults.max_skips:
             raise UserError(
                 f"Step {step} was not taken: {result.skipped}, and faults.max_skips={self.faults.max_skips} steps of the run were left out already;"
-                " lower optim.lr, or raise it."
+                " lower optim.lr, or raise faults.max_skips."
             )
 
 

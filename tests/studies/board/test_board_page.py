@@ -245,6 +245,13 @@ def test_the_longer_run_stands_beside_the_same_seed_of_the_full_pass_and_small_d
     assert outcome[f"{about}GDN within 0.015 of the Transformer"] == ["Gated DeltaNet minus Transformer: held, +0.0060"]
     assert "Gated DeltaNet collapses: did not hold" in outcome[f"{about}three with attention collapse past their length, GDN holds"]
     assert outcome[f"{about}passkey at 512 tokens found by none in more than a tenth"] == ["GDN hybrid 100 %: did not hold"]
+    found["rows"]["gdn"]["leaders"]["0"] = {"bits_per_byte": 1.1, "diverged": False}
+    assert "one seed of each (the others that are done are in the plot): GDN hybrid 1.1500" in longer_answer(found)
+    del found["rows"]["gdn"]["leaders"]["0"]
+    found["rows"]["transformer"]["pass"]["1"] |= {"bits_per_byte": None, "diverged": True}
+    diverged = longer_table(found)  # nothing stands beside it, and nothing is taken from it
+    assert "| Transformer | 1 | 0.008 | 1.1900 |  |  |  | 3.500 |  |" in "\n".join(diverged)
+    assert "Gated DeltaNet +0.0060, none that one seed tells." in longer_answer(found)
     front = page_text(found, [])
     assert said.split(",")[0] in " ".join(front.split()) and "## 0.0512M tokens" in front
 
