@@ -98,3 +98,11 @@ def test_no_other_test_imports_what_a_method_consists_of() -> None:
                 kind, skips = f'"type": "{name}"', f'importorskip("{package}.{name}")'
                 found += [f"{other} builds {module}" for other, text in others.items() if kind in text and skips not in text]
     assert not found
+
+
+def test_no_page_links_to_code_of_a_method_but_its_own() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    linked = {(page, (page.parent / link).resolve()) for page in pages for link in re.findall(r"\]\(([^)#:]+\.py)", page.read_text())}
+    own = {(page, (ROOT / file).resolve()) for page in (ROOT / PAGES).glob("*.md") for file in files_of(page)}
+    code = {file for _, file in own}
+    assert linked and not [f"{page} links to {file}" for page, file in linked - own if file in code]
