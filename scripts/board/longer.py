@@ -39,7 +39,7 @@ def end_of(cell: dict[str, Any]) -> float | None:
 
 
 def _difference(value: float) -> str:
-    return f"{value:+.4f}" + (", none that one seed tells" if abs(value) < TOLD else "")
+    return f"{value:+.4f}" + (", too little for one seed to tell" if abs(value) < TOLD else "")
 
 
 def longer_answer(found: dict[str, Any]) -> str:

@@ -235,7 +235,7 @@ def test_the_longer_run_stands_beside_the_same_seed_of_the_full_pass_and_small_d
         "0.0512M, 0.9 passes over the same text, one seed each and so no interval: GDN hybrid 1.1500 (-0.200); ParaGRU hybrid 1.1640 (-0.200)"
         in said
     )
-    assert "Gated DeltaNet +0.0060, none that one seed tells (after one pass +0.0160)" in said and "GDN hybrid -0.0400 (after" in said
+    assert "Gated DeltaNet +0.0060, too little for one seed to tell (after one pass +0.0160)" in said and "GDN hybrid -0.0400 (after" in said
     table = "\n".join(longer_table(found))
     assert "| Gated DeltaNet | 1 | 0.008 | 1.1960 | 1.4060 | +0.0060 | +0.0160 | 3.500 | 3.500 |" in table
     assert "| GDN hybrid | collapses | 60 % | 60 % | 60 % |  | 100 (25 to 75), 50 (25 to 75) |" in table
@@ -251,7 +251,7 @@ def test_the_longer_run_stands_beside_the_same_seed_of_the_full_pass_and_small_d
     found["rows"]["transformer"]["pass"]["1"] |= {"bits_per_byte": None, "diverged": True}
     diverged = longer_table(found)  # nothing stands beside it, and nothing is taken from it
     assert "| Transformer | 1 | 0.008 | 1.1900 |  |  |  | 3.500 |  |" in "\n".join(diverged)
-    assert "Gated DeltaNet +0.0060, none that one seed tells." in longer_answer(found)
+    assert "Gated DeltaNet +0.0060, too little for one seed to tell." in longer_answer(found)
     front = page_text(found, [])
     assert said.split(",")[0] in " ".join(front.split()) and "## 0.0512M tokens" in front
 
