@@ -235,7 +235,9 @@ def test_the_longer_run_stands_beside_the_same_seed_of_the_full_pass_and_small_d
         "0.0512M, 0.9 passes over the same text, one seed each and so no interval: GDN hybrid 1.1500 (-0.200); ParaGRU hybrid 1.1640 (-0.200)"
         in said
     )
-    assert "Gated DeltaNet +0.0060, too little for one seed to tell (after one pass +0.0160)" in said and "GDN hybrid -0.0400 (after" in said
+    assert (
+        "Gated DeltaNet +0.0060, too little for one seed to tell (after one pass +0.0160)" in said and "GDN hybrid -0.0400 (after" in said
+    )
     table = "\n".join(longer_table(found))
     assert "| Gated DeltaNet | 1 | 0.008 | 1.1960 | 1.4060 | +0.0060 | +0.0160 | 3.500 | 3.500 |" in table
     assert "| GDN hybrid | collapses | 60 % | 60 % | 60 % |  | 100 (25 to 75), 50 (25 to 75) |" in table
