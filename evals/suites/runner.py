@@ -10,13 +10,14 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from data.files import check_writable, write_json
+from data.files import check_writable, lock, write_json
 from evals.adapters.base import Adapter, ItemError, first_words
 from evals.adapters.load import device_of, load_adapter
 from evals.adapters.own import OwnAdapter
@@ -145,16 +146,31 @@ def evaluate(
         having += 1
         records = run_items(items, adapter, out / name, settings.redo, started.rank, started.size)
         measured += sum(r["status"] == "done" for r in records) or started.size > 1  # a process of several has not seen all items
-        everything = [r for item in items if (r := read_record(out / name / "items" / f"{item.name}.json"))]
-        write_json(out / name / f"{settings.suite}.json", {"model": adapter.describe(), "settings": vars(settings), "items": everything})
+        with _alone(out):
+            everything = [r for item in items if (r := read_record(out / name / "items" / f"{item.name}.json"))]
+            write_json(
+                out / name / f"{settings.suite}.json", {"model": adapter.describe(), "settings": vars(settings), "items": everything}
+            )
         del adapter, items  # the next model may need the memory
     if loaded and not having:
         raise UserError(f"No item of suite {settings.suite} contains {settings.only!r} in its name.")
-    write_report(out)
+    with _alone(out):
+        write_report(out)
     print(f"written: {out / 'report.html'}, {out / 'report.md'}")
     if not loaded:
         raise UserError("None of the models could be loaded, so nothing was measured.")
     return int(not measured)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """No other process gathers the items under OUT meanwhile: who is last reads all of them, and nobody who read fewer writes behind it."""
+    held = lock(out, here=600.0, elsewhere=600.0)
+    try:
+        yield
+    finally:
+        (out / "lock").unlink(missing_ok=True)
+        held.close()
 
 
 def _not_loaded(name: str, path: str, error: Exception, precision: str, device: torch.device) -> dict[str, Any]:

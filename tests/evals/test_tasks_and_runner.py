@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from evals.measures.retrieval import grid, score
 from evals.measures.statistics import PositionSums, bootstrap_ratio, log_edges, wilson
 from evals.report.sections import write_report
 from evals.run import main
+from evals.suites import runner
 from evals.suites.items import Item, items_of
 from evals.suites.runner import _name, guarded, run_items
 from evals.suites.subject import Settings, Subject
@@ -288,6 +291,29 @@ def test_two_processes_share_the_items_and_write_one_report(hf_folder: Path, pag
     assert {r["item"] for r in written} >= {"position-prose", "passkey-320", "remembrance"} and all(r["status"] == "done" for r in written)
     assert {line[:5] for line in done.stdout.splitlines() if "llama:" in line} <= {"[1/1]", "[1/2]", "[2/2]"}
     assert "data:image/png;base64" in (tmp_path / "report.html").read_text()
+
+
+def test_items_are_read_and_written_by_one_process_at_a_time(
+    hf_folder: Path, pages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two that end together, who read fewer items must not write behind who read all."""
+    held: list[str] = []
+
+    def watched(call: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def watch(*args: Any) -> Any:
+            if name == "report" or str(args[0]).endswith("quick.json"):
+                with pytest.raises(BlockingIOError), (tmp_path / "lock").open() as other:
+                    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held.append(name)
+            return call(*args)
+
+        return watch
+
+    monkeypatch.setattr(runner, "write_json", watched(runner.write_json, "suite"))
+    monkeypatch.setattr(runner, "write_report", watched(runner.write_report, "report"))
+    words = [f"checkpoint={hf_folder}", "suite=quick", "only=passkey", "lengths=320", "samples=1", "depths=1", "device=cpu"]
+    assert main([*words, f"out={tmp_path}", f"text={pages}"]) == 0
+    assert held == ["suite", "report"] and not (tmp_path / "lock").exists()
 
 
 def test_the_command_line_writes_a_report_and_goes_on(
