@@ -93,11 +93,11 @@ def check_writable(folder: Path) -> None:
         raise UserError(f"{folder} cannot be written to ({error.strerror}); give another folder with out=.") from error
 
 
-def lock(folder: Path, here: float = 20.0, elsewhere: float = 150.0) -> IO[str]:
+def lock(folder: Path, here: float = 20.0, elsewhere: float = 150.0, key: str = "run_dir") -> IO[str]:
     """Makes `folder` this process's own while the file returned lives; the kernel lets it go when the process ends, however it does.
 
     Waits seconds for a process of this machine or of another one that is about to end: a disk over the network hears of a dead machine late.
-    Raises UserError when somebody else has it. A file system without locks gives it to everybody.
+    key: the setting that names the folder. Raises UserError when somebody else has it. A file system without locks gives it to everybody.
     """
     path = folder / "lock"
     file = path.open("a+")
@@ -115,7 +115,7 @@ def lock(folder: Path, here: float = 20.0, elsewhere: float = 150.0) -> IO[str]:
             owner = file.read().split() or ["another", "machine"]
             if time.monotonic() - start > (here if owner[0] == socket.gethostname() else elsewhere):
                 raise UserError(
-                    f"{folder} belongs to process {owner[-1]} of {owner[0]}, which still runs; stop it, or give another run_dir."
+                    f"{folder} belongs to process {owner[-1]} of {owner[0]}, which still runs; stop it, or give another {key}."
                 ) from None
             time.sleep(0.2)
         except OSError:

@@ -172,9 +172,8 @@ class LanguageModel(Module):
         if self.training and self.residual_dtype is not None:
             x_BTD = x_BTD.to(self.residual_dtype)
         walk = Walk(x_BTD, None if state is None else state.layers, segment_ids, documents)
-        if (
-            not input_ids.shape[1] and not torch.is_grad_enabled()
-        ):  # no tokens change nothing; in training every weight has its gradient, of zeros
+        # no tokens change nothing; in training they go through all blocks, so that every weight has its gradient, of zeros
+        if not input_ids.shape[1] and not torch.is_grad_enabled():
             walk.after = [] if state is None else list(state.layers)
             return walk
         if self.depth is not None:

@@ -165,7 +165,7 @@ def evaluate(
 @contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """No other process gathers the items under OUT meanwhile: who is last reads all of them, and nobody who read fewer writes behind it."""
-    held = lock(out, here=600.0, elsewhere=600.0)
+    held = lock(out, here=600.0, elsewhere=600.0, key="out")
     try:
         yield
     finally:

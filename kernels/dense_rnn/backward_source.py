@@ -135,9 +135,8 @@ def _step_back(w: Writer, deep: int, store: bool, products: bool = False, in_pie
 
 
 def _ready(w: Writer) -> None:
-    w.matrices(
-        "MAT", "R" if len(w.S) <= 2 else w.room
-    )  # twice, once transposed: with more states than that there are no registers for both
+    # they are held twice, once transposed: with more states than two there are no registers for both
+    w.matrices("MAT", "R" if len(w.S) <= 2 else w.room)
     w.put(1, "columns = _columns(e, k, se, K, HEAD)[None, :]", "columns_out = _columns(e, k, de, K, HEAD)[None, :]")
     w.put(1, *(f"W{i} = tl.zeros((BM, BK), tl.float32)" for i in w.summed), "both = here[:, None] & inside")
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 # mypy: ignore-errors
 # (arguments of kernels are pointers and numbers of Triton's own kinds)
-import torch
 import triton
 import triton.language as tl
+
+from kernels.tensor_lists.triton import addresses, chunks
 
 BLOCK, WARPS = 4096, 8  # elements of a program, and its warps
 ALL = 16384  # elements of a program that casts a part of one of many weights
@@ -52,16 +53,13 @@ def cast_listed(ADDRESSES, SIZES, TENSOR, PLACE, OUT, TENSORS, CHUNK: tl.constex
 def table(pairs):
     """What `cast_all` takes of pairs (weight in fp32, its cast), contiguous, the casts of one dtype."""
     weights, casts = zip(*pairs)
-    device, sizes = casts[0].device, [w.numel() for w in weights]
-    tensor = [i for i, n in enumerate(sizes) for _ in range(triton.cdiv(n, ALL))]
-    place = [j for n in sizes for j in range(triton.cdiv(n, ALL))]
-    addresses = torch.tensor([t.data_ptr() for t in (*weights, *casts)], dtype=torch.int64, device=device)
-    kinds = ((sizes, torch.int64), (tensor, torch.int32), (place, torch.int32))
-    return addresses, *(torch.tensor(n, dtype=kind, device=device) for n, kind in kinds), casts[0], len(weights)
+    device = casts[0].device
+    where = addresses(tuple(t.data_ptr() for t in (*weights, *casts)), device)
+    return where, *chunks(tuple(w.numel() for w in weights), ALL, device), casts[0], len(weights)
 
 
-def cast_all(addresses, sizes, tensor, place, out, tensors):
-    cast_listed[(len(tensor),)](addresses, sizes, tensor, place, out, tensors, CHUNK=ALL, BLOCK=BLOCK, num_warps=WARPS)
+def cast_all(where, sizes, tensor, place, out, tensors):
+    cast_listed[(len(tensor),)](where, sizes, tensor, place, out, tensors, CHUNK=ALL, BLOCK=BLOCK, num_warps=WARPS)
 
 
 def cast(weights, pieces):

@@ -46,7 +46,7 @@ class Config:
     recurrent_max: float = 0.5
     recurrent_init: float = 0.0  # standard deviation of the initial recurrent weights; 0: 1/sqrt(inner width)
     bias_init: dict[str, Any] | None = (
-        None  # initial biases of the cell's inputs by name, a number or a pair over the channels; null: the cell's
+        None  # initial biases of the cell's inputs by name, numbers or pairs over the channels; null: the cell's
     )
     norm_eps: float = 1e-5
 

@@ -135,6 +135,10 @@ def _passkey(cell: dict[str, Any]) -> str:
     return ", ".join(f"{100 * at['accuracy']:.0f} ({100 * at['low']:.0f} to {100 * at['high']:.0f})" for at in cell.get("passkey") or [])
 
 
+def _judged(so: bool) -> str:
+    return "held" if so else "did not hold"
+
+
 def before_the_leaders(rows: Rows) -> list[tuple[str, list[str]]]:
     """What was expected of the longer run, and what came out; empty before there is a cell."""
     each = pairs(rows)
@@ -142,7 +146,7 @@ def before_the_leaders(rows: Rows) -> list[tuple[str, list[str]]]:
         return []
     values = {row: float(long["bits_per_byte"]) for row, (long, _) in each.items()}
     near = [
-        f"{ARCHITECTURES[row].label} {value:.4f} for {EXPECTED[row]:.3f}: {'held' if abs(value - EXPECTED[row]) <= EXPECTED_WITHIN else 'did not hold'}"
+        f"{ARCHITECTURES[row].label} {value:.4f} for {EXPECTED[row]:.3f}: {_judged(abs(value - EXPECTED[row]) <= EXPECTED_WITHIN)}"
         for row, value in values.items()
     ]
 
@@ -150,25 +154,23 @@ def before_the_leaders(rows: Rows) -> list[tuple[str, list[str]]]:
         if not {one, other} <= values.keys():
             return []
         apart = values[one] - values[other]
-        return [
-            f"{ARCHITECTURES[one].label} minus {ARCHITECTURES[other].label}: {'held' if low <= apart <= high else 'did not hold'}, {apart:+.4f}"
-        ]
+        return [f"{ARCHITECTURES[one].label} minus {ARCHITECTURES[other].label}: {_judged(low <= apart <= high)}, {apart:+.4f}"]
 
     ahead = [said for row in ("gdn_hybrid", "paragru_hybrid") for said in between(row, "transformer", -0.035, -0.015)]
     wanted = {"transformer": "collapses", "gdn_hybrid": "collapses", "paragru_hybrid": "collapses", "gdn": "holds"}
     past = [
-        f"{ARCHITECTURES[row].label} {verdict}: {'held' if verdict == wanted[row] else 'did not hold'}"
+        f"{ARCHITECTURES[row].label} {verdict}: {_judged(verdict == wanted[row])}"
         for row, (long, _) in each.items()
         if (verdict := _read(long, "verdict"))
     ]
     share = {row: (0.25, 0.40) if row == "gdn" else (0.55, 0.75) for row in values}
     copied = [
-        f"{ARCHITECTURES[row].label} {100 * gaps[0]['copied']:.0f} %: {'held' if share[row][0] <= gaps[0]['copied'] <= share[row][1] else 'did not hold'}"
+        f"{ARCHITECTURES[row].label} {100 * gaps[0]['copied']:.0f} %: {_judged(share[row][0] <= gaps[0]['copied'] <= share[row][1])}"
         for row, (long, _) in each.items()
         if (gaps := long.get("repeated"))
     ]
     found = [
-        f"{ARCHITECTURES[row].label} {100 * asked[0]['accuracy']:.0f} %: {'held' if asked[0]['accuracy'] <= 0.1 else 'did not hold'}"
+        f"{ARCHITECTURES[row].label} {100 * asked[0]['accuracy']:.0f} %: {_judged(asked[0]['accuracy'] <= 0.1)}"
         for row, (long, _) in each.items()
         if (asked := long.get("passkey"))
     ]

@@ -120,7 +120,6 @@ def gather_again(out: Path, page: Path, every: list[Result]) -> list[dict[str, A
 
 def gather_passkey(out: Path, page: Path) -> dict[str, Any]:
     """Takes the passkey scores of evaluated cells under OUT/evals into PAGE/passkey.json; all of them, by cell."""
-    known = json.loads((page / "passkey.json").read_text()) if (page / "passkey.json").exists() else {}
     made: dict[str, Any] = {}
     for path in sorted((out / "evals").glob("*/items/passkey-*.json"), key=lambda path: int(path.stem.split("-")[1])):
         item = json.loads(path.read_text())
@@ -128,16 +127,17 @@ def gather_passkey(out: Path, page: Path) -> dict[str, Any]:
             about = {"device": item["environment"]["device"], "precision": item["model"]["precision"], "lengths": []}
             result = {key: item["result"][key] for key in ("length", "accuracy", "low", "high", "n")}
             made.setdefault(path.parents[1].name, about)["lengths"].append(result)
-    return _kept(page / "passkey.json", known | made)
+    return _kept(page / "passkey.json", made)
 
 
 def gather_loaded(out: Path, page: Path) -> dict[str, Any]:
     """Takes what was read off exported folders when transformers had loaded them (OUT/loads) into PAGE/loaded.json; all of it, by cell."""
-    known = json.loads((page / "loaded.json").read_text()) if (page / "loaded.json").exists() else {}
-    return _kept(page / "loaded.json", known | {path.stem: json.loads(path.read_text()) for path in sorted((out / "loads").glob("*.json"))})
+    return _kept(page / "loaded.json", {path.stem: json.loads(path.read_text()) for path in sorted((out / "loads").glob("*.json"))})
 
 
-def _kept(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+def _kept(path: Path, made: dict[str, Any]) -> dict[str, Any]:
+    """What the page has by cell, and what was made since, which is kept with it."""
+    content = (json.loads(path.read_text()) if path.exists() else {}) | made
     if content:
         write_json(path, content)
     return content
