@@ -11,6 +11,7 @@ from typing import Any
 from scripts.board.answers import Rows, bits
 from scripts.board.architectures import ARCHITECTURES
 from scripts.board.order import LEADERS, READ0
+from scripts.board.results import number
 
 TOLD = 0.01  # bits per byte below which a difference of one seed each is told as none
 # What the protocol expected of each row, within EXPECTED_WITHIN: written before the stage's first cell.
@@ -87,16 +88,12 @@ def longer_table(found: dict[str, Any]) -> list[str]:
         for i, cell in enumerate(cells):
             other = base[i] if base else None
             apart.append(f"{cell['bits_per_byte'] - other['bits_per_byte']:+.4f}" if cell and other and row != "transformer" else "")
-        figures = [_number(cell["bits_per_byte"] if cell else None, ".4f") for cell in cells]
-        ends = [_number(end_of(cell) if cell else None, ".3f") for cell in cells]
-        held = [_number(cell.get("nats_per_token") if cell else None, ".3f") for cell in cells]
+        figures = [number(cell["bits_per_byte"] if cell else None, ".4f") for cell in cells]
+        ends = [number(end_of(cell) if cell else None, ".3f") for cell in cells]
+        held = [number(cell.get("nats_per_token") if cell else None, ".3f") for cell in cells]
         about = [ARCHITECTURES[row].label, str(seeds_of(found["rows"])[row]), f"{cells[0]['lr']:g}"]
         lines.append(f"| {' | '.join([*about, *figures, *apart, *ends, *held])} |")
     return [*lines, "", *_behaviour(each)]
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None else format(value, form)
 
 
 def _behaviour(each: dict[str, tuple[dict[str, Any], dict[str, Any] | None]]) -> list[str]:

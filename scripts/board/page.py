@@ -11,10 +11,10 @@ from scripts.board.architectures import ARCHITECTURES, counts
 from scripts.board.expected import expectation_lines
 from scripts.board.longer import longer_table
 from scripts.board.order import DECISIVE, DECISIVE_SEEDS, LEADERS, SEEDS, TEN
-from scripts.board.results import difference, interval
+from scripts.board.results import difference, interval, number
 from scripts.board.speedrun import speedrun_lines
 from scripts.board.summary import in_tokens, leading, summary, whole
-from scripts.board.tables import STAGE_NAMES, behaviour_table, filled, loaded_table, number, plus_minus, shown_stages, speed_table
+from scripts.board.tables import STAGE_NAMES, behaviour_table, filled, loaded_table, plus_minus, shown_stages, speed_table
 
 
 def page_text(found: dict[str, Any], pictures: list[str]) -> str:

@@ -232,6 +232,11 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
+def number(value: float | None, form: str) -> str:
+    """For a table: '' for what is not known or not finite."""
+    return "" if value is None or not math.isfinite(value) else format(value, form)
+
+
 def interval(values: Iterable[float]) -> Interval | None:
     """Of the mean of the values; None of nothing. Raises ValueError for more than the table of quantiles has."""
     values = list(values)

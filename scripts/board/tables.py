@@ -10,7 +10,7 @@ from typing import Any
 from scripts.board.answers import bits
 from scripts.board.architectures import ARCHITECTURES
 from scripts.board.cells import TASKS
-from scripts.board.results import Interval, difference, interval
+from scripts.board.results import Interval, difference, interval, number
 from scripts.board.summary import leading
 
 STAGE_NAMES = {"pass": "the full pass", "stage1": "stage 1", "stage0": "stage 0"}
@@ -25,10 +25,6 @@ def shown_stages(rows: dict[str, Any]) -> list[str]:
 
 def filled(text: str) -> list[str]:
     return textwrap.wrap(text, 110, break_long_words=False, break_on_hyphens=False)
-
-
-def number(value: float | None, form: str) -> str:
-    return "" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def plus_minus(value: Interval, form: str) -> str:
